@@ -1,4 +1,4 @@
-"""What the feed tells is what changed in the archive (I11): of each kind an example, then all of them at random."""
+"""The feed contains what changed in the archive (I11): an example of each type, then all of them at random."""
 
 import random
 from collections import Counter

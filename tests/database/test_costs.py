@@ -1,4 +1,4 @@
-"""What a turn cost, with the digits that were sent, on every way through the archive."""
+"""The cost of a turn, with the digits that were sent, on every path through the archive."""
 
 import json
 from decimal import Decimal

@@ -1,4 +1,4 @@
-"""What Postgres does not take, within one process: the circuit, the way back, what others left behind (I1)."""
+"""Deliveries that Postgres does not accept: the circuit, the spool, the files of exited processes (I1)."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""The feed as a consumer sees it: no cursor is ever missed, whatever order writers commit in; NOTIFY; retention."""
+"""The feed for a consumer: no cursor is missed, in whatever order writers commit; NOTIFY; retention."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Follow-ups match the archive, and arrive (I11): what is told to whom, in which order, and what comes of faults."""
+"""Follow-ups match the archive and are delivered (I11): to which receiver, in which order, and after faults."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""History in the ledger: what a reading repairs, how late webhooks claim it, and what is said of coverage."""
+"""Histories: what a reading repairs, how late webhooks claim its lines, coverage, and the next reading."""
 
 import json
 import random

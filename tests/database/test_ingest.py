@@ -1,4 +1,4 @@
-"""Group commit against a real Postgres: shared transactions, own answers, poison, limits, a database that goes."""
+"""Batches in a real Postgres: shared transactions, one outcome each, invalid deliveries, limits, outages."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Long sessions: what a further turn and a further reading cost, and that the archive is the same as if made anew."""
+"""Long sessions: the cost of another turn and of another reading, and the same archive as after a rebuild."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""The archive from the ledger alone, page by page, while the receiver goes on (I10)."""
+"""Rebuild the archive from the ledger alone, page by page, while the receiver runs (I10)."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any

@@ -1,4 +1,4 @@
-"""Reading many sessions: each once, each told of, whatever the leases and the platform do."""
+"""Read many sessions: each once, each reported, whatever happens to leases and platform."""
 
 import asyncio
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Seals: whatever is changed, removed, put in or put elsewhere is found, and named (I9)."""
+"""Seals: each change, removal, insertion and move of a row is found and named (I9)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""Reported times that cannot be true: zero dates count as not given, and no time counts later than its arrival."""
+"""Impossible reported times: zero dates count as missing, and no time counts as later than its arrival."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any

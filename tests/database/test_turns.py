@@ -1,4 +1,4 @@
-"""Ids and times of turns, also of those that only history knows; and lines before the first turn, which are none."""
+"""Ids and times of turns, also of those known only from history; and lines before the first turn."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta

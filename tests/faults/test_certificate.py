@@ -1,4 +1,4 @@
-"""Postgres over TLS, its certificate expired: an error that helps where there is no spool, else a spool (I1)."""
+"""Postgres over TLS with an expired certificate: an error with a remedy, or the spool (I1)."""
 
 import shutil
 import subprocess

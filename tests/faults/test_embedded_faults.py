@@ -1,4 +1,4 @@
-"""The embedded Postgres after kill -9 of whoever takes part, and beside processes that only look like it."""
+"""The embedded Postgres after kill -9 of each process, and beside processes that look similar."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A primary that dies, and the standby that is promoted: what was acknowledged before, then and after is kept."""
+"""A primary fails and its standby is promoted: acknowledged events are kept."""
 
 import os
 import socket

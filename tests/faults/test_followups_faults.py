@@ -1,4 +1,4 @@
-"""Receivers that fail (I11): when they are asked again, and how that is told."""
+"""Receivers that fail (I11): when deliveries are retried, and how failures are reported."""
 
 import pytest
 from sqlalchemy import Engine

@@ -1,4 +1,4 @@
-"""Receivers that never end their answer: an attempt costs little, and no other receiver waits (I11, I12)."""
+"""Receivers whose responses never end: an attempt costs little, and no other receiver waits (I11, I12)."""
 
 import socket
 import subprocess

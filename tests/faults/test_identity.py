@@ -1,4 +1,4 @@
-"""A restored copy does not act as production, and a database that went back is reported (I11, I9)."""
+"""A restored copy does not act as production, and a database in an earlier state is reported (I11, I9)."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""`archiver serve` while Postgres is away, silent, read-only, full or half gone, and while its spool is too (I1)."""
+"""`archiver serve` while Postgres is down, hanging, read-only or full, and while the spool also fails (I1)."""
 
 import json
 import signal

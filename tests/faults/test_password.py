@@ -1,4 +1,4 @@
-"""A worker whose password is wrong waits until the database or the file with the password is mended (I13)."""
+"""A worker with a wrong password waits until the database or the file with the password is corrected (I13)."""
 
 import os
 import signal

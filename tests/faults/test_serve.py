@@ -1,4 +1,4 @@
-"""`archiver serve` under kill, signals, lost connections, and beside others of its kind, each time under load."""
+"""`archiver serve` under load after kill, signals and lost connections, and beside other receivers."""
 
 import http.client
 import itertools

@@ -1,4 +1,4 @@
-"""An erasure whose rows are slow or locked holds up no other erasure, and nobody who records (I8, I12, I13)."""
+"""An erasure with slow or locked rows delays no other erasure and no receiver (I8, I12, I13)."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""One event that takes long, waits for another transaction, or fails, while Postgres is well: no other waits (I4)."""
+"""One event that is slow, waits for another transaction, or fails, while Postgres works: no other waits (I4)."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""A delivery whose rows are slow or locked holds up no other, of any subscription, and is not lost (I11)."""
+"""A delivery with slow or locked rows delays no other, of any subscription, and is not lost (I11)."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a disk or a person does to the spool: intact deliveries are found again, and a loss is reported by number."""
+"""Damage to the spool by disks or people: intact deliveries are recovered, and losses are counted."""
 
 import os
 import pwd

@@ -1,4 +1,4 @@
-"""`archiver worker`, as processes, against a simulated CallHQ that watches who asks what, and when."""
+"""`archiver worker` processes against a simulated CallHQ that records each call and its time."""
 
 import json
 import os

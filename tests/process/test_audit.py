@@ -1,4 +1,4 @@
-"""Holds are what the audit log says, each user adds only its own kinds of entry, and seals keep to their rows."""
+"""Holds equal the audit log, each user adds only its own kinds of entry, and seals claim only their rows."""
 
 import json
 import re

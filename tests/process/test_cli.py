@@ -1,4 +1,4 @@
-"""The command line as its users meet it: real processes, their output and their exit codes."""
+"""The command line: real processes, their output and their exit codes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Clocks: leases and due times that a clock ahead has left."""
+"""Clocks: leases and due times that were stored while a clock was ahead."""
 
 from datetime import timedelta
 

@@ -1,4 +1,4 @@
-"""What one client may cost (I12): each bound, just below it and just beyond, on a real `archiver serve`."""
+"""Limits of one client (I12): each limit, just below it and just above, on a real `archiver serve`."""
 
 import http.client
 import json

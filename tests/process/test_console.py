@@ -1,4 +1,4 @@
-"""The console over real sockets: who gets in, what each role sees, what is recorded, and what cannot be injected."""
+"""The console over real sockets: logins, what each role sees, what is recorded, and injection."""
 
 import html
 import json

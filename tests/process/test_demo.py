@@ -1,4 +1,4 @@
-"""The demo: its comparison finds what is planted, and the whole of it runs, ends and cleans up."""
+"""The demo: its comparison finds planted differences; it runs, ends and cleans up."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Nothing is destroyed for its age while a clock is in doubt; what a killed run has ordered goes with the next."""
+"""Nothing expires while a clock is in doubt; the next run completes what a killed run ordered."""
 
 import asyncio
 import os

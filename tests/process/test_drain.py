@@ -1,4 +1,4 @@
-"""Nobody who was let in is lost when `serve` ends; as many are let in as there may be files."""
+"""Each accepted connection is served when `serve` ends; the limit of open files admits all connections."""
 
 import asyncio
 import shlex

@@ -1,4 +1,4 @@
-"""The embedded Postgres: started, shared, stopped, in all the places and as all the users it may meet."""
+"""The embedded Postgres: started, shared and stopped, in every kind of folder and as every kind of user."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""`archiver erase`, `hold` and `acts` as commands, against real receivers, files and kills (I8)."""
+"""`archiver erase`, `hold` and `audit` as commands, against real receivers, files and kills (I8)."""
 
 import json
 import os

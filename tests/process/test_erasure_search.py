@@ -1,4 +1,4 @@
-"""Erasures and holds search what a body says, not its bytes; what history made of an erased turn goes too (I8)."""
+"""Erasures and holds search the decoded text of a body; history of an erased turn is also erased (I8)."""
 
 import gzip
 import html

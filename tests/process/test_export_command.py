@@ -1,4 +1,4 @@
-"""`archiver export` as people and programs use it: roles, kills, a full disk, and an archive that is written to."""
+"""`archiver export` as a command: roles, kills, a full disk, and an archive that is written meanwhile."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""`archiver followups` as its users meet it, and the schemas of what is sent."""
+"""`archiver followups` as commands, and the schemas of the bodies."""
 
 import json
 import os

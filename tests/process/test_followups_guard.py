@@ -1,4 +1,4 @@
-"""Where follow-ups may go, and how they prove themselves: no address that was not checked, none that is not to be."""
+"""Permitted addresses of follow-ups and their signatures: no address is used unchecked."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""One sender, turn by turn (I11): what it may still send of what it has read, and which delivery comes next."""
+"""One sender (I11): what it may still send of what it has read, and which delivery is next."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Connections of follow-ups: of one on which more came than the answer nothing is taken for the next answer."""
+"""Connections of follow-ups: surplus bytes after a response are never read as the next response."""
 
 import asyncio
 import ssl

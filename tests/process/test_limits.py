@@ -1,4 +1,4 @@
-"""What one event, one chat or one broken disk may cost the others (I4, I12)."""
+"""What one event, one chat or one full disk may cost other events (I4, I12)."""
 
 import os
 import signal

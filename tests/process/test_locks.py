@@ -1,4 +1,4 @@
-"""Locks: no login that may only read keeps the archiver waiting, and the session that holds a lock is named."""
+"""Locks: no login that may only read makes the archiver wait, and the holder of a lock is named."""
 
 import re
 import threading

@@ -1,4 +1,4 @@
-"""`archiver export --format parquet` as people and programs use it."""
+"""`archiver export --format parquet` as a command."""
 
 import json
 import random

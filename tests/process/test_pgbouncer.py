@@ -1,4 +1,4 @@
-"""Through Debian's PgBouncer in transaction mode, as it comes: found by itself, and nothing is lost or repeated."""
+"""Debian's PgBouncer in transaction mode, as installed: it is detected, and nothing is lost or repeated."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`POST /sessions`: the application tells which sessions it opened."""
+"""`POST /sessions`: the application registers the sessions that it opened."""
 
 import socket
 from collections.abc import Iterator

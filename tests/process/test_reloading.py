@@ -1,4 +1,4 @@
-"""Settings in files are read again, without a signal and on SIGHUP, and a wrong database at the start is survived."""
+"""Settings in files are reloaded, without a signal and on SIGHUP; a wrong database at the start is survived."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What goes by rule: deleted turns, content that is old enough, and in the end what was left of it."""
+"""Expiry by rule: deleted turns, old content, and in the end the remaining metadata."""
 
 import json
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""`archiver seal`, `verify`, `prove` and `seals`, and the worker that seals, as people and programs use them."""
+"""`archiver seal`, `verify`, `prove` and `seals` as commands, and the worker that seals."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""No default that a role, a database or the environment sets changes what is stored, or how."""
+"""No default of a role, a database or the environment changes what is stored, or how."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Webhooks that no longer arrive, and the folders in which several processes count."""
+"""Webhooks that stop arriving, and the folders of metrics that several processes share."""
 
 import json
 import signal

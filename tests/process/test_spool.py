@@ -1,4 +1,4 @@
-"""The spool by itself: durable, bounded, one holder a file, nothing left of what has gone."""
+"""The spool: durable, bounded, one process per file, and no remains of drained deliveries."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""`archiver followups tail`: what a shell pipe gets, and where it goes on."""
+"""`archiver followups tail`: what a shell pipe receives, and where the command continues."""
 
 import json
 import os

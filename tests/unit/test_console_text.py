@@ -1,4 +1,4 @@
-"""Text of others in pages of the console."""
+"""Untrusted text in pages of the console."""
 
 from archiver.console.rendering import snippet
 

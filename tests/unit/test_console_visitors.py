@@ -1,4 +1,4 @@
-"""Whose attempt a login counts for, also behind a reverse proxy (I12)."""
+"""Which visitor a login attempt counts for, also behind a reverse proxy (I12)."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""A body is searched by what it says, however its writer encoded it, within bounds of time and memory."""
+"""A body is searched by its decoded text, in any encoding, within limits of time and memory."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""Bytes to `Event` or `Malformed`: every envelope of CALLHQ.md, and whatever else a stranger may send (I4)."""
+"""Bytes to `Event` or `Malformed`: every accepted envelope, and any other bytes (I4)."""
 
 import json
 import uuid

@@ -1,4 +1,4 @@
-"""Two ways of writing the same words have one normalised form, and two wordings have two."""
+"""Two encodings of the same words have one normalised form; different words have different forms."""
 
 import html
 import unicodedata

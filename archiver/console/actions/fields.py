@@ -30,7 +30,7 @@ def id_of(fields: Mapping[str, str], name: str) -> str | None:
     try:
         return events.identifier(fields.get(name, ""))
     except events.UnreadableError as error:
-        raise _refused(f"The id is invalid: {events.REASONS[str(error)]}.") from None
+        raise _refused(f"The id is invalid. {events.REASONS[str(error)]}") from None
 
 
 def period_of(form: Mapping[str, str]) -> tuple[datetime | None, datetime | None]:
