@@ -39,12 +39,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-analytics BENCH_ARGS=…", description=__doc__)
     parser.add_argument("--messages", type=int, default=100_000, help="in the smaller archive (default 100,000)")
     parser.add_argument("--times", type=int, default=10, help="how many times larger the other one is (default 10)")
+    parser.add_argument(
+        "--repeat",
+        action="store_true",
+        help="fill the larger one in minutes: SQL repeats the sessions of the smaller one",
+    )
     arguments = parser.parse_args()
     recent = arguments.messages // MESSAGES_PER_SESSION // RECENT
     now = datetime.now(UTC)
-    sizes = [arguments.messages, arguments.messages * arguments.times]
+    recorded = arguments.messages if arguments.repeat else arguments.messages * arguments.times
+    # So that the older sessions, repeated, and the recent ones are as many as in an archive that was recorded.
+    repeated = round((arguments.times - 1) / (1 - 1 / RECENT)) if arguments.repeat else 0
     with server() as (postgres, _):
-        small, large = (costs(migrated(postgres, f"bench_{size}"), size, recent, now) for size in sizes)
+        small = costs(migrated(postgres, "bench_small"), arguments.messages, recent, now)
+        large = costs(migrated(postgres, "bench_large"), recorded, recent, now, repeated)
     print("About some days, or one thing:")
     broken = [line for question in QUESTIONS if question.kind != "all" for line in report(question, small, large)]
     print("About the whole archive:")
@@ -57,10 +65,10 @@ def main() -> None:
         sys.exit("bench-analytics: " + "; ".join(broken))
 
 
-def costs(url: str, messages: int, recent: int, now: datetime) -> Mapping[str, Cost]:
-    """What each question costs in a new archive of so many messages."""
+def costs(url: str, messages: int, recent: int, now: datetime, repeated: int = 0) -> Mapping[str, Cost]:
+    """What each question costs in a new archive of so many recorded messages; see `fill`."""
     engine, started = database.connect(database.database_url(url)), time.monotonic()
-    fill(engine, messages // MESSAGES_PER_SESSION, recent, now)
+    fill(engine, messages // MESSAGES_PER_SESSION, recent, now, repeated)
     engine.dispose()
     with psycopg.connect(url) as connection:
         (number,) = connection.execute("SELECT count(*) FROM archiver.messages").fetchone() or (0,)

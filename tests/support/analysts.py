@@ -22,6 +22,7 @@ from archiver.events import Delivery, Event, responses
 from archiver.worker.summing import Summing
 from tests.support.feeds import publish
 from tests.support.payloads import created, deleted
+from tests.support.repeated import repeat_sessions
 from tests.support.rows import rows
 from tests.support.searching import index
 
@@ -243,21 +244,29 @@ QUESTIONS = (
 )
 
 
-def fill(engine: Engine, sessions: int, recent: int, now: datetime) -> None:
+def fill(engine: Engine, sessions: int, recent: int, now: datetime, repeated: int = 0) -> None:
     """Record so many sessions, `recent` of them within `RECENT_DAYS`, through the ledger; publish, index and sum.
 
-    The recent sessions of archives of all sizes are the same.
+    The recent sessions of archives of all sizes are the same. `repeated`: how often SQL repeats the older ones.
     """
     facts = sorted(_facts(sessions, recent, now), key=lambda each: each.received_at)
+    first_recent = f"session-{NEWEST - recent + 1:07}"
+    for is_recent in (False, True):
+        _record(engine, [each for each in facts if (each.content.session_id >= first_recent) is is_recent])
+        if not is_recent and repeated:
+            repeat_sessions(engine, repeated)
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.exec_driver_sql("VACUUM (ANALYZE)")
+
+
+def _record(engine: Engine, facts: Sequence[Delivery[Event]]) -> None:
     for start in range(0, len(facts), 500):
         with transaction(engine) as connection:
             ledger.record(connection, facts[start : start + 500], TIMING)
         publish(engine)
-    index(engine, "simple")
+    index(engine, None if rows(engine, "SELECT FROM archiver.search_state WHERE language IS NOT NULL") else "simple")
     while rows(engine, "SELECT FROM archiver.stale_buckets LIMIT 1"):
         Summing(engine).sum(lambda: None)
-    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
-        connection.exec_driver_sql("VACUUM (ANALYZE)")
 
 
 def _facts(sessions: int, recent: int, now: datetime) -> Iterator[Delivery[Event]]:
