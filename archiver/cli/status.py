@@ -15,7 +15,6 @@ from archiver import database, settings
 from archiver.archive import search
 from archiver.cli import complain, connection, escaped, options
 from archiver.cli.output import Table, console, print_json
-from archiver.console.openid.checks import examine_provider
 from archiver.database import lock_waits, schema
 from archiver.embedded import EmbeddedError
 from archiver.errors import sentence
@@ -188,6 +187,8 @@ def _moment(moment: datetime | None) -> str:
 @options.json_option
 def doctor(as_json: bool) -> None:
     """Check settings, spool, database, roles, schema and clock, and print remedies. Exit 1 if action is required."""
+    from archiver.console.openid.checks import examine_provider  # noqa: PLC0415  # the console imports all else
+
     try:
         configuration = settings.read()
     except settings.SettingsError as error:
