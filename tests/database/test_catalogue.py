@@ -1,9 +1,7 @@
 """The schema in detail: what differs from what this version expects is named, with a remedy, and can be repaired."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from tests.conftest import Cluster
 from tests.support import servers
 from tests.support.observations import record
 from tests.support.payloads import created
+from tests.support.receivers import archiver
 from tests.support.rows import execute
 from tests.support.servers import program
 
@@ -163,9 +162,7 @@ def test_each_difference_is_named_with_a_remedy_and_repaired_where_a_statement_c
 
 
 def run(*arguments: str, url: str, home: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"DATABASE_URL": url, "ARCHIVER_HOME": str(home), "ARCHIVER_WEBHOOK_SECRETS": "x" * 32}
-    command = [sys.executable, "-m", "archiver", *arguments]
-    return subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=60)
+    return archiver(*arguments, database_url=url, ARCHIVER_HOME=str(home), ARCHIVER_WEBHOOK_SECRETS="x" * 32)
 
 
 def test_migrate_and_doctor_report_a_dropped_guard_and_a_repair_brings_it_back(

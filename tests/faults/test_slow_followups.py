@@ -1,8 +1,6 @@
 """A delivery with slow or locked rows delays no other, of any subscription, and is not lost (I11)."""
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import Engine
 
+from tests.support import processes
 from tests.support.followups import Receiver, change, receiving, states, subscribe
 from tests.support.rows import execute, rows
 from tests.support.servers import as_writer
@@ -24,19 +23,14 @@ FOR_EVER = "PERFORM pg_sleep(3600)"  # far longer than anything here is waited f
 def running_worker(url: str) -> Iterator[None]:
     """`archiver worker`, which sends as fast as it can."""
     published = {"ARCHIVER_FOLLOWUPS_ALLOW_PRIVATE": "true", "ARCHIVER_FOLLOWUPS_RATE": "0"}
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "archiver", "worker"],
-            env={**os.environ, "DATABASE_URL": as_writer(url), **published},
-            stdout=log,
-            stderr=log,
-        )
+    with tempfile.NamedTemporaryFile() as log:
+        environment = {**os.environ, "DATABASE_URL": as_writer(url), **published}
+        process = processes.start(["worker"], environment, stdout=log.name, stderr=log.name)
         try:
             yield
         finally:
             process.kill()
             process.wait()
-            log.seek(0)
             print(log.read().decode()[-5000:])  # shown where the test fails
 
 

@@ -175,12 +175,12 @@ def test_i13_sessions_whose_histories_hang_leave_turns_for_others(database_url: 
         make_due(database_url, callhq, 40)
         ids = execute(database_url, "SELECT session_id FROM archiver.events")
         watch.hanging = {f"/api/chats/session/{session_id}" for (session_id,) in ids}
-        once = {"archiver.worker.histories.FIRST_SECONDS": 2.0}
-        with running_worker_with(once, database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="4"):
+        limits = {"archiver.worker.histories.FIRST_SECONDS": 2.0, "archiver.worker.histories.RETRY_SECONDS": 6.0}
+        with running_worker_with(limits, database_url, callhq, ARCHIVER_HISTORY_CONCURRENCY="4"):
             until(lambda: watch.hung, "they hang")
             make_due(database_url, callhq, 20)
             until(lambda: read(database_url) == 20, "all others are read")
-            # From now on, each call for one of the 40 takes half a minute.
+            # From now on, each call for one of the 40 takes three times as long.
             until(lambda: len(watch.hung) == 40 and max(watch.hung.values()) > 1, "retries hang, too")
             make_due(database_url, callhq, 20)
             until(lambda: read(database_url) == 40, "all others are read again")

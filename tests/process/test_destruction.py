@@ -21,7 +21,7 @@ from archiver.compliance.erasure import Target, clocks
 from archiver.compliance.erasure.clocks import ClockError, ClockReading, destruction_time, read_clocks
 from archiver.database import transaction
 from archiver.worker.retention_tasks import RetentionTasks
-from tests.support import servers
+from tests.support import processes, servers
 from tests.support.erasures import ACT, hold, holds_text, is_rebuilt_the_same, record, texts
 from tests.support.payloads import created, deleted
 from tests.support.receivers import archiver
@@ -180,7 +180,8 @@ def test_i8_a_killed_run_is_finished_by_the_next(
     steps = "SELECT FROM archiver.erasures UNION ALL SELECT FROM archiver.events WHERE body IS NULL"
     for _ in range(2):
         already = len(rows(engine, steps))
-        process = subprocess.Popen([sys.executable, "-m", "archiver", "retention", "--yes"], env=environment)
+        output = tmp_path / "output"
+        process = processes.start(["retention", "--yes"], environment, stdout=output, stderr=output)
         expected = already + chance.randrange(1, SESSIONS)
         until(lambda: process.poll() is not None or len(rows(engine, steps)) >= expected, "it is at work")  # noqa: B023
         process.send_signal(signal.SIGKILL)
@@ -201,13 +202,13 @@ def test_i8_a_killed_run_is_finished_by_the_next(
 
 @on_one_version
 def test_i8_what_was_ordered_and_left_is_swept_though_nothing_more_is_old_enough(
-    database_url: str, engine: Engine
+    database_url: str, engine: Engine, tmp_path: Path
 ) -> None:
     record(engine, created("c1", "s1"))
+    environment, output = os.environ | MONTH | {"DATABASE_URL": database_url}, tmp_path / "output"
     with engine.connect() as locking:
         locking.exec_driver_sql("SELECT FROM archiver.events WHERE session_id = 's1' FOR UPDATE")
-        command = [sys.executable, "-m", "archiver", "retention", "--yes"]
-        process = subprocess.Popen(command, env=os.environ | MONTH | {"DATABASE_URL": database_url})
+        process = processes.start(["retention", "--yes"], environment, stdout=output, stderr=output)
         until(lambda: rows(engine, "SELECT FROM archiver.erasures"), "it is ordered")
         process.send_signal(signal.SIGKILL)
         process.wait()
