@@ -1,4 +1,4 @@
-"""Keep the derived rows of sessions up to date: their summaries, and their contributions to the rollups.
+"""Keep the derived rows of sessions up to date: summaries, contributions to the rollups, and values of variables.
 
 The caller holds `Lock.PUBLISHING`. A session whose rows Postgres rejects, or cannot compute in time, is set aside:
 until a later attempt succeeds, it has no derived rows, and the views compute its figures. So it delays neither the
@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from archiver import telemetry
-from archiver.archive import rollups, summaries
+from archiver.archive import rollups, summaries, variable_values
 from archiver.database import explain, is_cancelled, is_data_error
 
 SESSIONS_PER_STATEMENT = 50  # so that a statement is fast even if all of them are long
@@ -40,6 +40,7 @@ def _store(connection: Connection, session_ids: Sequence[str], cursors: Mapping[
         with connection.begin_nested():
             summaries.refresh(connection, session_ids, cursors)
             rollups.refresh(connection, session_ids)
+            variable_values.refresh(connection, session_ids)
     except DBAPIError as error:
         if not is_cancelled(error) and not is_data_error(error):
             raise
@@ -53,6 +54,7 @@ def _set_aside(connection: Connection, session_id: str, fault: DBAPIError) -> No
     _warning.warn(session_id=session_id, reason=explain(fault))
     summaries.delete(connection, session_id)
     rollups.set_aside(connection, session_id, explain(fault))
+    variable_values.refresh(connection, [session_id])
 
 
 def add_missing(connection: Connection, cursor: int) -> int:

@@ -27,8 +27,11 @@ _COUNTS = (
     "repaired_messages",
 )
 _FIGURES = (*_COUNTS, "latency")
+_FIGURES_BY_VALUE = _FIGURES[1:]
+_VALUE_KEYS = ("variable_id", "bucket", "assistant_id", "value_id")
 _STEPS = range(1, 14)  # of `latency`
 _SUM_OF_COUNTS = ", ".join(f"sum({name}) AS {name}" for name in _COUNTS)
+_SUM_BY_VALUE = ", ".join(f"sum({name}) AS {name}" for name in _COUNTS[1:])
 _SUM_OF_LATENCY = f"ARRAY[{', '.join(f'sum(latency[{step}])' for step in _STEPS)}] AS latency"
 
 
@@ -39,13 +42,22 @@ def _replaced(table: str, keys: Sequence[str], figures: Sequence[str], scope: st
     """
     of_key, of_scope = ", ".join(keys), keys[0]
     returned = "bucket" if "bucket" in keys else of_scope
+    names = ", ".join(f"t.{name}" for name in keys)
     return f"""
     removed AS (
         DELETE FROM archiver.{table} t
          WHERE t.{of_scope} = ANY (ARRAY(SELECT {of_scope} FROM {scope}))
-           AND ({", ".join(f"t.{name}" for name in keys)}) NOT IN (SELECT {of_key} FROM wanted)
+           AND ({names}) NOT IN (SELECT {of_key} FROM wanted)
         RETURNING t.{returned}
-    ), written AS (
+    ), {_written(table, keys, figures, returned)}
+    """  # noqa: S608  # only constant names are inserted, never input
+
+
+def _written(table: str, keys: Sequence[str], figures: Sequence[str], returned: str) -> str:
+    """Return SQL of a CTE that writes the rows of `wanted` that differ from those of a table."""
+    of_key = ", ".join(keys)
+    return f"""
+    written AS (
         INSERT INTO archiver.{table} AS t ({of_key}, {", ".join(figures)})
         SELECT {of_key}, {", ".join(figures)} FROM wanted ORDER BY {of_key}
         ON CONFLICT ({of_key}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in figures)}
@@ -184,6 +196,26 @@ _SUM_DAYS = RawStatement(
     SELECT
     """  # noqa: S608  # only constant names are inserted, never input
 )
+_SUM_VALUES = RawStatement(
+    f"""
+    WITH {_MARKS}, variables AS MATERIALIZED (
+        SELECT id FROM archiver.promoted_variables
+    ), wanted AS MATERIALIZED (
+        SELECT p.id AS variable_id, c.bucket, c.assistant_id, coalesce(v.value_id, 0) AS value_id,
+               {_SUM_BY_VALUE}, {_SUM_OF_LATENCY}
+          FROM archiver.promoted_variables p CROSS JOIN archiver.contributions c
+          LEFT JOIN archiver.session_values v ON v.session_id = c.session_id AND v.variable_id = p.id
+         WHERE p.state <> 'removed' AND c.bucket = ANY (ARRAY(SELECT bucket FROM marks))
+         GROUP BY p.id, c.bucket, c.assistant_id, coalesce(v.value_id, 0)
+    ), removed AS (
+        DELETE FROM archiver.variable_rollups t
+         WHERE t.variable_id = ANY (ARRAY(SELECT id FROM variables))
+           AND t.bucket = ANY (ARRAY(SELECT bucket FROM marks))
+           AND ({", ".join(f"t.{name}" for name in _VALUE_KEYS)}) NOT IN (SELECT {", ".join(_VALUE_KEYS)} FROM wanted)
+    ), {_written("variable_rollups", _VALUE_KEYS, _FIGURES_BY_VALUE, "bucket")}
+    SELECT
+    """  # noqa: S608  # only constant names are inserted, never input
+)
 # The last statement, because the publisher waits for its locks; it locks in the order of the publisher, so that there
 # is no deadlock. A bucket that changed again since it was selected has another id and stays stale.
 _CLEAR = RawStatement(
@@ -201,7 +233,7 @@ def sum_stale(connection: Connection, stale: Sequence[StaleBucket]) -> int:
     """Sum the contributions to these buckets and to their UTC days; return the number of buckets."""
     Lock.ROLLUPS.take(connection, exclusive=True)
     marks = as_json(stale)
-    execute(connection, *(each.bind(marks) for each in (_SUM_BUCKETS, _SUM_DAYS, _CLEAR)))
+    execute(connection, *(each.bind(marks) for each in (_SUM_BUCKETS, _SUM_DAYS, _SUM_VALUES, _CLEAR)))
     return len(stale)
 
 

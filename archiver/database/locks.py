@@ -35,7 +35,8 @@ class Lock(StrEnum):
     erasure, or place a hold.
     SEALING: exclusive, so that one seal at a time is created.
     PUBLISHING: exclusive, so that one page of the change feed at a time is published, with the summaries and
-    contributions of its sessions. Also in transactions that delete content from summaries and contributions.
+    contributions of its sessions and their values of promoted variables. Also in transactions that delete content
+    from these, or that promote a variable.
     INDEXING: exclusive in transactions that write the search table; acquired before PUBLISHING. Erasures acquire
     these two before all other locks, because their holders never wait for the locks of receiving.
     ROLLUPS: exclusive, so that one transaction at a time sums stale buckets.

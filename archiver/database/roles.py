@@ -35,7 +35,7 @@ class Needs(msgspec.Struct, frozen=True):
 _ALL = "SELECT, INSERT, UPDATE, DELETE"
 _VIEWS = (
     *("conversations", "sessions", "chats", "messages", "lines", "daily", "rollups"),
-    *("coverage", "changes", "epochs", "health"),
+    *("coverage", "changes", "epochs", "health", "variables", "variable_rollups"),
 )
 _FUNCTIONS = (
     "analytics.complete_through()",
@@ -45,6 +45,8 @@ _FUNCTIONS = (
     " timestamp with time zone, integer)",
     "analytics.hourly(text, timestamp with time zone, timestamp with time zone)",
     "analytics.daily(text, date, date)",
+    "analytics.hourly_by(text, text, timestamp with time zone, timestamp with time zone)",
+    "analytics.daily_by(text, text, date, date)",
 )
 # Ids, states, times and numbers. Names of sessions, external ids and variables may identify a customer.
 _SHOWN = {
@@ -70,9 +72,13 @@ _SHOWN = {
         *("session_id", "turn_id", "ordinal", "role", "content_kind", "began_at", "began_is_told", "source"),
         "deleted_at",
     ),
+    "variable_rollups": (
+        *("bucket", "assistant_id", "variable", "conversations_started", "chats", "messages", "cost"),
+        *("deleted_chats", "repaired_messages", "latency"),
+    ),
 }
-_METRICS_VIEWS = ("daily", "rollups", "coverage", "changes", "epochs", "health")
-_CONTENT = ("analytics.transcript(", "analytics.search(")
+_METRICS_VIEWS = ("daily", "rollups", "coverage", "changes", "epochs", "health", "variables")
+_CONTENT = ("analytics.transcript(", "analytics.search(", "analytics.hourly_by(", "analytics.daily_by(")
 _METRICS_FUNCTIONS = tuple(each for each in _FUNCTIONS if not each.startswith(_CONTENT))
 _JOBS = ("jobs", "events", "periodic_defers", "workers")
 
@@ -102,7 +108,8 @@ NEEDED: Mapping[str, Needs] = {
             **{f"archiver.{name}": _ALL for name in ("subscriptions", "deliveries", "attempts")},
             **{f"archiver.{name}": _ALL for name in ("workers", "duties")},
             **{f"archiver.{name}": _ALL for name in ("contributions", "uncontributed")},
-            **{f"archiver.{name}": _ALL for name in ("stale_buckets", "rollups", "days")},
+            **{f"archiver.{name}": _ALL for name in ("stale_buckets", "rollups", "days", "variable_rollups")},
+            **{f"archiver.{name}": _ALL for name in ("promoted_variables", "variable_values", "session_values")},
             "archiver.contributed": "SELECT",
             "archiver.logins": _ALL,
             "archiver.users": "SELECT, INSERT, UPDATE",
@@ -160,6 +167,10 @@ NEEDED: Mapping[str, Needs] = {
                     "contributions",
                     "rollups",
                     "days",
+                    "promoted_variables",
+                    "variable_values",
+                    "session_values",
+                    "variable_rollups",
                     "workers",
                     "duties",
                     "epochs",

@@ -190,7 +190,10 @@ def _is_done(connection: Connection, revision: str, variables: Sequence[Variable
         return is_at is not None and is_at >= revision
     if is_at != head():
         return False
-    has_columns = variables is None or variable_columns.name_difference(connection, variables) is None
+    has_columns = variables is None or (
+        variable_columns.name_difference(connection, variables) is None
+        and variable_columns.is_promoted(connection, variables)
+    )
     return has_columns and roles.are_granted(connection)
 
 

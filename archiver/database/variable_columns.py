@@ -1,7 +1,8 @@
-"""The columns of the view `analytics.sessions` for variables of turns, which `archiver migrate` creates.
+"""Promoted variables: their columns in the view `analytics.sessions`, which `archiver migrate` creates.
 
-They follow the view's own columns, in the order in which they were added. A value that is not of the column's type is
-null: the conversions raise no error.
+The columns follow the view's own columns, in the order in which they were added. A value that is not of the column's
+type is null: the conversions raise no error. Variables of type text and boolean are also promoted in the rollups: a
+worker stores their values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,14 @@ import msgspec
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
-from archiver.database import sqlstate, tables
+from archiver.database import Lock, sqlstate, tables
 from archiver.errors import ArchiverError
 from archiver.settings.variables import Variable
 
 VIEW = "analytics.sessions"
 _COMMENT = "One stored row per session: fast, and a moment behind."
 _OWN = tuple(column.name for column in tables.summaries.c)
+_ROLLED_UP = ("text", "boolean")  # types whose values are few
 _TYPES: Mapping[str, str] = {
     "text": "text",
     "number": "numeric",
@@ -111,11 +113,12 @@ def in_order(variables: Sequence[Variable], present: Mapping[str, Present]) -> l
 
 
 def bring_up_to_date(connection: Connection, variables: Sequence[Variable]) -> None:
-    """Make the view have exactly the columns of these variables.
+    """Make the view have exactly the columns of these variables, and promote them in the rollups.
 
     New columns are added at the end. If a column is removed or gets another type, the view is dropped and created
     again, with its grants; in that case, raises `VariableColumnError` if another object uses the view.
     """
+    _promote(connection, variables)
     present, columns = select_present(connection), wanted(variables)
     if present == columns:
         return
@@ -135,6 +138,46 @@ def bring_up_to_date(connection: Connection, variables: Sequence[Variable]) -> N
             f"the columns of {VIEW} cannot be changed as ARCHIVER_ANALYTICS_VARIABLES requires, because other objects"
             f" use the view: {_detail(error)}. Drop them, run `archiver migrate`, and create them again."
         ) from None
+
+
+_SELECT_PROMOTED = text("SELECT name FROM archiver.promoted_variables WHERE state <> 'removed'")
+# Their rows contain no content; a worker deletes them.
+_DEMOTE = text(
+    """
+    WITH removed AS (
+        UPDATE archiver.promoted_variables SET state = 'removed'
+         WHERE state <> 'removed' AND name <> ALL (CAST(:names AS text[])) RETURNING id
+    )
+    DELETE FROM archiver.variable_values WHERE variable_id IN (SELECT id FROM removed)
+    """
+)
+_PROMOTE = text(
+    """
+    INSERT INTO archiver.promoted_variables (name, state, collected_through, is_full)
+    SELECT name, 'collecting', '', false FROM unnest(CAST(:names AS text[])) AS name
+     WHERE name NOT IN (SELECT p.name FROM archiver.promoted_variables p WHERE p.state <> 'removed')
+    """
+)
+
+
+def is_promoted(connection: Connection, variables: Sequence[Variable]) -> bool:
+    """Return whether the rollups are kept by exactly these variables."""
+    return set(connection.scalars(_SELECT_PROMOTED)) == set(_of_rollups(variables))
+
+
+def _of_rollups(variables: Sequence[Variable]) -> list[str]:
+    return [each.name for each in variables if each.type in _ROLLED_UP]
+
+
+def _promote(connection: Connection, variables: Sequence[Variable]) -> None:
+    """Keep the rollups by exactly these variables; a worker stores the values of earlier sessions."""
+    if is_promoted(connection, variables):
+        return
+    Lock.PUBLISHING.take(connection, exclusive=True)  # the publisher must not add values of a removed variable
+    for statement in (_DEMOTE, _PROMOTE):
+        connection.execute(statement, {"names": _of_rollups(variables)})
+    # So few rows are never sampled otherwise, and queries would look up each variable for each sum.
+    connection.exec_driver_sql("ANALYZE archiver.promoted_variables")
 
 
 _IN_USE = "2BP01"  # SQLSTATE: dependent objects still exist

@@ -301,8 +301,9 @@ class Settings(BaseSettings):
     analytics_variables: str = _env(
         "ARCHIVER_ANALYTICS_VARIABLES",
         "",
-        "Variables of turns that become columns of `analytics.sessions`, such as `customerTier,seats:number`; "
-        "`archiver migrate` adds and removes the columns. Types: `text` (default), `number`, `boolean`, `time`.",
+        "Variables of turns that become columns of `analytics.sessions`, and of `analytics.variable_rollups`, such "
+        "as `customerTier,seats:number`; `archiver migrate` adds and removes them. "
+        "Types: `text` (default), `number`, `boolean`, `time`.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = _env(
         "ARCHIVER_LOG_LEVEL",

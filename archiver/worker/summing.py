@@ -1,4 +1,4 @@
-"""Sum the rollups in the background, and add missing derived rows of sessions."""
+"""Sum the rollups in the background, and add missing derived rows of sessions and values of promoted variables."""
 
 from collections.abc import Callable
 from time import monotonic
@@ -7,7 +7,7 @@ import structlog
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from archiver.archive import derived_rows, rollups
+from archiver.archive import derived_rows, rollups, variable_values
 from archiver.database import Lock, run, run_split
 from archiver.outbound.feed import select_extent
 
@@ -28,11 +28,11 @@ class Summing:
 
         Returns whether rows of sessions are still missing.
 
-        First adds missing derived rows, because each of them makes buckets stale. Skips a bucket that is locked or
-        too slow; raises the first such error at the end.
+        First adds missing derived rows and values, because each of them makes buckets stale. Skips a bucket that is
+        locked or too slow; raises the first such error at the end.
         """
         ends_at = monotonic() + SECONDS_PER_JOB
-        is_complete = self._add_missing(beat, ends_at)
+        is_complete = self._add_missing(beat, ends_at) and self._collect(beat, ends_at)
         slow = list[DBAPIError]()
         # Does not repeat until no bucket is stale: the publisher makes the latest bucket stale again and again.
         while self._sum_page(slow) == rollups.BUCKETS_PER_PAGE:
@@ -58,6 +58,23 @@ class Summing:
         if added:
             log.info("derived rows of sessions added", sessions=added, complete=not done)
         return not done
+
+    def _collect(self, beat: Callable[[], None], ends_at: float) -> bool:
+        """Store the values of promoted variables, and delete those of removed ones; return whether all is done."""
+        pages = 0
+        while is_unfinished := run(self._engine, _collect, statement_seconds=STATEMENT_SECONDS):
+            beat()
+            pages += 1
+            if monotonic() > ends_at:
+                break
+        if pages and not is_unfinished:
+            log.info("values of promoted variables stored")
+        return not is_unfinished
+
+
+def _collect(connection: Connection) -> bool:
+    Lock.PUBLISHING.take(connection, exclusive=True)
+    return variable_values.collect(connection)
 
 
 def _add_missing(connection: Connection) -> int:

@@ -32,6 +32,7 @@ WITHHELD = {
     ("messages", "history_content"),
     ("lines", "content"),
     ("lines", "history_content"),
+    ("variable_rollups", "value"),
 }
 
 

@@ -1,10 +1,13 @@
-"""The rollups, by 15 minutes, hour and day: equal at any time to figures computed from the archive itself."""
+"""The rollups, by 15 minutes, hour and day, and by promoted variables.
+
+They equal at any time the figures computed from the archive itself.
+"""
 
 import itertools
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ from sqlalchemy import Engine, text
 from sqlalchemy.exc import DBAPIError
 
 from archiver import ledger
-from archiver.archive import derived_rows, rollups
+from archiver.archive import derived_rows, rollups, variable_values
 from archiver.archive.rebuild import rebuild
 from archiver.archive.sessions import BEFORE_FIRST_TURN
 from archiver.compliance import erasure
@@ -25,8 +28,9 @@ from archiver.database import Lock, schema, transaction
 from archiver.events import Delivery, Event, responses
 from archiver.outbound import feed
 from archiver.outbound.feed.publishing import publish_some
+from archiver.settings.variables import parse
 from archiver.worker.summing import Summing
-from tests.support.erasures import as_writer
+from tests.support.erasures import as_writer, erase, holds_text
 from tests.support.feeds import publish
 from tests.support.histories import TIMING, answer
 from tests.support.observations import observe, record
@@ -88,7 +92,7 @@ def turns(engine: Engine) -> dict[str, list[Turn]]:
     return result
 
 
-Key = tuple[Any, str | None]  # a day, hour or bucket, and an assistant
+Key = tuple[Any, ...]  # a day, hour or bucket, an assistant, and perhaps a value
 
 
 class Figures:
@@ -121,16 +125,50 @@ class Figures:
         return len(self.sessions), *figures
 
 
-def expected(engine: Engine, at: Callable[[datetime], Any]) -> dict[Key, Figures]:
-    """The figures by `at` of the time of each turn, and assistant."""
+def expected(
+    engine: Engine, at: Callable[[datetime], Any], values: Mapping[str, str | None] | None = None
+) -> dict[Key, Figures]:
+    """The figures by `at` of the time of each turn, and assistant, and value of the session."""
     result: dict[Key, Figures] = defaultdict(Figures)
     for session_id, own in turns(engine).items():
         named = [turn.assistant_id for turn in own if turn.assistant_id] if session_id else []
         first = next((turn for turn in own if turn.chat_id != BEFORE_FIRST_TURN), None)
         for turn in own:
             of_session = (named[-1] if named else turn.of_session) if session_id else None
-            result[at(turn.began_at), turn.assistant_id or of_session].add(turn, is_first=turn is first)
+            key = at(turn.began_at), turn.assistant_id or of_session
+            of_value = () if values is None else (values.get(session_id),)
+            result[*key, *of_value].add(turn, is_first=turn is first)
     return result
+
+
+OTHER = "(other)"
+
+
+def values_of_sessions(engine: Engine, variable: str) -> dict[str, str | None]:
+    """The value of a variable in each session; other than the kept ones of a full variable, and long ones: OTHER."""
+    ((is_full,),) = rows(
+        engine, f"SELECT is_full FROM archiver.promoted_variables WHERE name = '{variable}' AND state <> 'removed'"
+    )
+    kept = rows(
+        engine,
+        "SELECT value FROM archiver.variable_values v JOIN archiver.promoted_variables p ON p.id = v.variable_id"
+        f" WHERE p.name = '{variable}' AND p.state <> 'removed'",
+    )
+    result = {}
+    for session_id, value in rows(
+        engine,
+        f"SELECT session_id, variables ->> '{variable}' FROM archiver.chats"
+        f" WHERE session_id <> '' AND variables ? '{variable}'"
+        " ORDER BY coalesce(began_at, created_at, occurred_at, first_received_at), occurred_at, first_received_at,"
+        " chat_id",
+    ):
+        is_other = value is not None and (len(value) > 200 or (is_full and (value,) not in kept))
+        result[session_id] = OTHER if is_other else value
+    return result
+
+
+def promoted(engine: Engine) -> dict[str, str]:
+    return dict(rows(engine, "SELECT name, state FROM analytics.variables"))
 
 
 def bucket(moment: datetime) -> datetime:
@@ -149,12 +187,27 @@ def day_in(zone: str) -> Callable[[datetime], date]:
     return lambda moment: moment.astimezone(ZoneInfo(zone)).date()
 
 
-def read(engine: Engine, relation: str, where: str = "true") -> dict[Key, tuple[Any, ...]]:
+def read(engine: Engine, relation: str, where: str = "true", keys: int = 2) -> dict[Key, tuple[Any, ...]]:
     result = {}
-    for key, assistant_id, *figures in rows(engine, f"SELECT * FROM analytics.{relation} WHERE {where}"):
-        assert (key, assistant_id) not in result
-        result[key, assistant_id] = tuple(figures)
+    for row in rows(engine, f"SELECT * FROM analytics.{relation} WHERE {where}"):
+        assert row[:keys] not in result
+        result[tuple(row[:keys])] = tuple(row[keys:])
     return result
+
+
+def check_variables(engine: Engine, zone: str) -> None:
+    """Compare the figures by each promoted variable with figures computed from the archive."""
+    for name in promoted(engine):
+        values = values_of_sessions(engine, name)
+        buckets = {
+            (at, assistant_id, name, value): figures.sums()
+            for (at, assistant_id, value), figures in expected(engine, bucket, values).items()
+        }
+        assert read(engine, "variable_rollups", f"variable = '{name}'", 4) == buckets
+        hours = {key: figures.sums() for key, figures in expected(engine, hour_in(zone), values).items()}
+        assert read(engine, f"hourly_by('{name}', '{zone}')", keys=3) == hours, zone
+        days = {key: figures.sums() for key, figures in expected(engine, day_in(zone), values).items()}
+        assert read(engine, f"daily_by('{name}', '{zone}')", keys=3) == days, zone
 
 
 def check_all(engine: Engine, zones: Sequence[str] = ZONES) -> None:
@@ -168,6 +221,7 @@ def check_all(engine: Engine, zones: Sequence[str] = ZONES) -> None:
         assert read(engine, f"hourly('{zone}')") == hours, zone
         days_there = {key: figures.sums() for key, figures in expected(engine, day_in(zone)).items()}
         assert read(engine, f"daily('{zone}')") == days_there, zone
+    check_variables(engine, zones[0] if zones else "UTC")
 
 
 class Scenario:
@@ -220,9 +274,16 @@ class Scenario:
                 cost=rng.choice([None, 1, 0.25, 0.125]),
                 createdAt=rng.choice([None, began.isoformat(), began.isoformat()]),
                 updatedAt=rng.choice([None, updated.isoformat()]),
+                assistantOverrides={"variableValues": self._variables()},
             )
         self._sent.append(body)
         return body
+
+    def _variables(self) -> dict[str, Any]:
+        rng = self._rng
+        tiers = ["Gold", "Silver", "Bronze", None, 3, "long" * 60]
+        chosen = {"customerTier": rng.choice(tiers), "isTrial": rng.choice([True, False, "true"])}
+        return {name: value for name, value in chosen.items() if rng.random() < 0.6}
 
     def _history(self, session_id: str) -> tuple[int, bytes]:
         rng = self._rng
@@ -251,14 +312,19 @@ def sum_page(engine: Engine, rng: random.Random) -> None:
     with transaction(engine) as connection:
         Lock.PUBLISHING.take(connection, exclusive=True)
         derived_rows.add_missing(connection, 0)
+        variable_values.collect(connection)
     with transaction(engine) as connection:
         rollups.sum_stale(connection, rollups.select_stale(connection))
         if rng.random() < 0.2:
             connection.rollback()
 
 
+SETTINGS = ("", "customerTier", "isTrial:boolean", "customerTier,isTrial:boolean,seats:number")
+
+
 def step(engine: Engine, rng: random.Random, scenario: Scenario, number: int) -> None:
-    kind = rng.choice(["record"] * 10 + ["publish"] * 5 + ["sum"] * 3 + ["rebuild", "erase", "uncontribute"])
+    rare = ["rebuild", "erase", "uncontribute", "promote"]
+    kind = rng.choice(["record"] * 10 + ["publish"] * 5 + ["sum"] * 3 + rare)
     if kind == "record":
         with transaction(engine) as connection:
             ledger.record(connection, scenario.observations(number), TIMING)
@@ -272,6 +338,8 @@ def step(engine: Engine, rng: random.Random, scenario: Scenario, number: int) ->
         target = erasure.Target(*rng.choice([("s1", ""), ("s2", "c1"), ("s1", "c2"), ("", "c3")]))
         erasure.order(engine, [target], "request", erasure.AuditEntry("erase", "anna", "she asked for it"))
         list(erasure.sweep(engine, TIMING, 0))
+    elif kind == "promote":
+        schema.upgrade(engine, variables=parse(rng.choice(SETTINGS)))
     else:  # as after the upgrade of an archive with sessions
         execute(
             engine,
@@ -285,6 +353,9 @@ def step(engine: Engine, rng: random.Random, scenario: Scenario, number: int) ->
 
 def test_the_views_equal_the_recomputed_figures_at_any_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollups, "BUCKETS_PER_PAGE", 2)
+    monkeypatch.setattr(variable_values, "SESSIONS_PER_PAGE", 1)
+    monkeypatch.setattr(variable_values, "DELETED_PER_PAGE", 2)
+    monkeypatch.setattr(variable_values, "MAX_VALUES", 2)
 
     # Not shrunk: what is smaller is no simpler here, and the seed says it all.
     @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
@@ -295,8 +366,10 @@ def test_the_views_equal_the_recomputed_figures_at_any_time(engine: Engine, monk
         execute(
             engine,
             "TRUNCATE archiver.outbox, archiver.contributions, archiver.rollups, archiver.days,"
-            " archiver.stale_buckets, archiver.uncontributed",
+            " archiver.stale_buckets, archiver.uncontributed, archiver.summaries, archiver.promoted_variables,"
+            " archiver.variable_values, archiver.session_values, archiver.variable_rollups",
         )
+        schema.upgrade(engine, variables=parse(rng.choice(SETTINGS)))
         scenario = Scenario(rng)
         for number in range(14):
             step(engine, rng, scenario, number)
@@ -305,9 +378,84 @@ def test_the_views_equal_the_recomputed_figures_at_any_time(engine: Engine, monk
         check_all(engine, [])
         Summing(engine).sum(lambda: None)
         assert rows(engine, "SELECT FROM archiver.stale_buckets UNION ALL SELECT FROM archiver.uncontributed") == []
+        assert set(promoted(engine).values()) <= {"complete"}
         check_all(engine)
 
     check()
+
+
+# By promoted variables
+
+
+def tier(name: str, value: Any, **fields: Any) -> bytes:
+    return created(name, f"s-{name}", assistantOverrides={"variableValues": {"customerTier": value}}, **fields)
+
+
+def by_tier(engine: Engine) -> dict[str | None, int]:
+    query = "SELECT value, sum(chats)::int FROM analytics.daily_by('customerTier', 'Europe/Berlin') GROUP BY 1"
+    return dict(rows(engine, query))
+
+
+def test_a_promoted_variable_is_exact_while_a_worker_collects_it_and_its_rows_go_when_it_is_removed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variable_values, "SESSIONS_PER_PAGE", 2)
+    schema.upgrade(engine, variables=())
+    record(engine, *(tier(f"c{number}", ("Gold", "Silver", None)[number % 3]) for number in range(6)))
+    publish(engine)
+    Summing(engine).sum(lambda: None)
+    assert by_tier(engine) == {}
+    schema.downgrade(engine, "0032")  # the schema before
+    schema.upgrade(engine, variables=parse("customerTier"))
+    assert promoted(engine) == {"customerTier": "collecting"}
+    figures = {"Gold": 2, "Silver": 2, None: 2}
+    for _ in range(3):
+        assert by_tier(engine) == figures
+        with transaction(engine) as connection:
+            Lock.PUBLISHING.take(connection, exclusive=True)
+            assert variable_values.collect(connection)
+    Summing(engine).sum(lambda: None)
+    assert promoted(engine) == {"customerTier": "complete"}
+    assert rows(engine, "SELECT FROM archiver.stale_buckets") == []
+    assert by_tier(engine) == figures
+    later = {"variableValues": {"customerTier": "Silver"}}
+    record(engine, created("later", "s-c0", createdAt="2030-01-01T00:00:00Z", assistantOverrides=later))
+    assert by_tier(engine) == figures | {"Gold": 1, "Silver": 4}
+    publish(engine)
+    assert by_tier(engine) == figures | {"Gold": 1, "Silver": 4}
+    schema.upgrade(engine, variables=parse("customerTier:number"))
+    assert (promoted(engine), by_tier(engine)) == ({}, {})
+    assert rows(engine, "SELECT value FROM archiver.variable_values") == []
+    Summing(engine).sum(lambda: None)
+    for table in ("promoted_variables", "session_values", "variable_rollups"):
+        assert rows(engine, f"SELECT FROM archiver.{table}") == [], table
+
+
+def test_more_values_than_are_kept_count_as_other(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variable_values, "MAX_VALUES", 3)
+    schema.upgrade(engine, variables=parse("customerTier"))
+    record(engine, *(tier(f"c{number}", f"tier {number}") for number in range(5)))
+    for _ in range(2):  # published, and then summed
+        publish(engine)
+        assert by_tier(engine) == {"tier 0": 1, "tier 1": 1, "tier 2": 1, OTHER: 2}
+        Summing(engine).sum(lambda: None)
+    assert rows(engine, "SELECT known_values, is_full FROM analytics.variables") == [(3, True)]
+
+
+def test_i8_an_erased_value_is_gone_before_the_next_sums(engine: Engine) -> None:
+    schema.upgrade(engine, variables=parse("customerTier"))
+    record(engine, tier("a", "ERASED"), tier("b", "Kept"))
+    publish(engine)
+    Summing(engine).sum(lambda: None)
+    assert by_tier(engine) == {"ERASED": 1, "Kept": 1}
+    erase(engine, erasure.Target("s-a", ""))
+    publish(engine)
+    execute(engine, "ANALYZE archiver.variable_values")
+    assert holds_text(engine, "ERASED", "Kept") == ["Kept"]
+    assert "ERASED" not in by_tier(engine)
+    figures = by_tier(engine)
+    Summing(engine).sum(lambda: None)
+    assert by_tier(engine) == figures
 
 
 # What a worker does
@@ -467,15 +615,20 @@ def blocks(engine: Engine, query: str) -> int:
     return int(plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"])
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
-        "analytics.daily WHERE day >= '2024-01-15'",
-        "analytics.hourly('Asia/Kathmandu', '2024-02-01', '2024-02-02')",
-        "analytics.daily('Europe/Berlin', '2024-02-01', '2024-02-03')",
-    ],
-)
-def test_a_query_reads_sums_and_no_turns_where_nothing_changed(engine: Engine, query: str) -> None:
+# Of 2,000 buckets; without `since`, all of them, and nothing else.
+BLOCKS = {
+    "analytics.daily WHERE day >= '2024-01-15'": 60,
+    "analytics.hourly('Asia/Kathmandu', '2024-02-01', '2024-02-02')": 60,
+    "analytics.daily('Europe/Berlin', '2024-02-01', '2024-02-03')": 60,
+    "analytics.daily_by('customerTier', 'Europe/Berlin', '2024-02-01', '2024-02-03')": 70,
+    "analytics.hourly('Asia/Kathmandu')": 100,
+    "analytics.daily('Europe/Berlin')": 100,
+    "analytics.daily_by('customerTier')": 110,
+}
+
+
+def test_queries_read_sums_and_no_turns_where_nothing_changed(engine: Engine) -> None:
+    schema.upgrade(engine, variables=parse("customerTier"))
     execute(
         engine,
         "INSERT INTO archiver.sessions (session_id, first_event_at, last_event_at)"
@@ -485,7 +638,10 @@ def test_a_query_reads_sums_and_no_turns_where_nothing_changed(engine: Engine, q
         " FROM generate_series(1, 2000) n",
         "INSERT INTO archiver.uncontributed SELECT session_id FROM archiver.sessions WHERE session_id <> ''",
     )
-    assert blocks(engine, f"SELECT * FROM {query}") > 2_000
-    Summing(engine).sum(lambda: None)
-    execute(engine, "ANALYZE archiver.contributions, archiver.rollups, archiver.days")
-    assert blocks(engine, f"SELECT * FROM {query}") < 60
+    assert all(blocks(engine, f"SELECT * FROM {query}") > 2_000 for query in BLOCKS)
+    unfinished = ("uncontributed", "stale_buckets", "promoted_variables WHERE state = 'collecting'")
+    while any(rows(engine, f"SELECT FROM archiver.{each}") for each in unfinished):
+        Summing(engine).sum(lambda: None)
+    execute(engine, "ANALYZE archiver.contributions, archiver.rollups, archiver.days, archiver.variable_rollups")
+    read = {query: blocks(engine, f"SELECT * FROM {query}") for query in BLOCKS}
+    assert [query for query, most in BLOCKS.items() if read[query] > most] == [], read

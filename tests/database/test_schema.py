@@ -39,6 +39,9 @@ VIEWS = {
     " repaired_messages",
     "rollups": "bucket assistant_id conversations_started chats messages cost deleted_chats repaired_messages"
     " latency",
+    "variable_rollups": "bucket assistant_id variable value conversations_started chats messages cost deleted_chats"
+    " repaired_messages latency",
+    "variables": "name state known_values is_full",
     "coverage": "session_id state first_event_at reconciled_at repaired_messages reason",
     "changes": "cursor type session_id chat_id seal_id changed_at epoch",
     "epochs": "number epoch began_at cursor given",
@@ -82,6 +85,10 @@ TABLES = (
     "days",
     "stale_buckets",
     "uncontributed",
+    "promoted_variables",
+    "variable_values",
+    "session_values",
+    "variable_rollups",
     "users",
     "logins",
 )
@@ -231,8 +238,8 @@ def test_the_migrated_constraints_are_what_the_tables_say(engine: Engine) -> Non
     ) == [
         (table, "ALWAYS")
         for table in (
-            *("acts", "erasures", "events", "holds", "outbox", "quarantine", "recounts", "removals"),
-            *("stale_buckets", "subscriptions"),
+            *("acts", "erasures", "events", "holds", "outbox", "promoted_variables", "quarantine", "recounts"),
+            *("removals", "stale_buckets", "subscriptions", "variable_values"),
         )
     ]
 
@@ -242,7 +249,7 @@ def test_the_tables_of_a_session_can_be_distributed_by_it(engine: Engine) -> Non
         engine,
         "SELECT conname FROM pg_constraint c WHERE connamespace = 'archiver'::regnamespace"
         " AND conrelid = ANY ('{archiver.events,archiver.sessions,archiver.chats,archiver.messages,"
-        "archiver.summaries,archiver.contributions,archiver.uncontributed}'::regclass[])"
+        "archiver.summaries,archiver.contributions,archiver.uncontributed,archiver.session_values}'::regclass[])"
         " AND contype IN ('p', 'u', 'f') AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.conrelid"
         " AND a.attnum = ANY (c.conkey) AND a.attname = 'session_id')",
     )

@@ -22,7 +22,17 @@ from archiver.database.tables.archive import (
 from archiver.database.tables.console import logins, users
 from archiver.database.tables.feed import attempts, changes, deliveries, outbox, subscriptions
 from archiver.database.tables.operations import duties, epoch_faults, epochs, workers
-from archiver.database.tables.rollups import contributions, days, rollups, stale_buckets, uncontributed
+from archiver.database.tables.rollups import (
+    contributions,
+    days,
+    promoted_variables,
+    rollups,
+    session_values,
+    stale_buckets,
+    uncontributed,
+    variable_rollups,
+    variable_values,
+)
 from archiver.database.tables.search import search, search_partitions, search_state
 
 __all__ = [
@@ -47,6 +57,7 @@ __all__ = [
     "outbox",
     "pauses",
     "pieces",
+    "promoted_variables",
     "quarantine",
     "recounts",
     "removals",
@@ -55,11 +66,14 @@ __all__ = [
     "search",
     "search_partitions",
     "search_state",
+    "session_values",
     "sessions",
     "stale_buckets",
     "subscriptions",
     "summaries",
     "uncontributed",
     "users",
+    "variable_rollups",
+    "variable_values",
     "workers",
 ]
