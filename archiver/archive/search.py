@@ -143,8 +143,7 @@ def _restart(connection: Connection, language: str | None) -> None:
 _SELECT_CHANGES = text(
     """
     SELECT c.cursor, c.type, c.session_id, c.chat_id, c.is_alone
-      FROM archiver.changes c JOIN archiver.search_state s ON c.cursor > s.cursor
-     ORDER BY c.cursor LIMIT :most
+      FROM archiver.changes c WHERE c.cursor > :after ORDER BY c.cursor LIMIT :most
     """
 )
 _SELECT_STATE = text(
@@ -173,7 +172,8 @@ def select_page(connection: Connection) -> Page | None:
         return None
     backlog = None if state.backlog_session is None else (state.backlog_session, state.backlog_chat)
     is_turn_of_backlog = backlog is not None and state.page % 2 == 1
-    changes = [] if is_turn_of_backlog else connection.execute(_SELECT_CHANGES, {"most": CHANGES_PER_PAGE}).all()
+    bounds = {"after": state.cursor, "most": CHANGES_PER_PAGE}
+    changes = [] if is_turn_of_backlog else connection.execute(_SELECT_CHANGES, bounds).all()
     if changes:
         items = [item for row in changes if (item := _item(row)) is not None]
         return Page(state.page, changes[-1].cursor, backlog, _distinct(items), len(changes))

@@ -19,10 +19,10 @@ ON_ONE_VERSION = True  # the plans are those of any version
 _FETCHED = text(
     """
     SELECT coalesce(sum(seq_tup_read + idx_tup_fetch), 0)::int FROM pg_stat_xact_user_tables
-     WHERE schemaname = 'archiver' AND relname IN ('sessions', 'chats', 'messages')
+     WHERE schemaname = 'archiver' AND relname IN ('sessions', 'chats', 'messages', 'changes')
     """
 )
-TABLES = ("sessions", "chats", "messages")
+TABLES = ("sessions", "chats", "messages", "changes")
 OTHERS = 300
 
 
