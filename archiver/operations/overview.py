@@ -113,8 +113,8 @@ _SILENCE = text(
          WHERE NOT EXISTS (SELECT FROM latest)
     ), heard AS MATERIALIZED (
         SELECT DISTINCT session_id
-          FROM (SELECT e.session_id FROM archiver.events e, start l
-                 WHERE e.id > l.id AND e.source <> 'webhook' AND e.session_id <> ''
+          FROM (SELECT e.session_id FROM archiver.events e
+                 WHERE e.id > (SELECT id FROM start) AND e.source <> 'webhook' AND e.session_id <> ''
                  ORDER BY e.id DESC LIMIT :most) AS newest
     )
     SELECT l.received_at AS since, l.has_webhooks,

@@ -78,7 +78,8 @@ def select_holds(connection: Connection, *, released: bool) -> Sequence[Mapping[
     return sorted(result, key=lambda row: int(row["id"]))
 
 
-# An unassigned turn is held by holds on its own fields, and by holds on any session that contains it.
+# An unassigned turn is held by holds on its own fields, and by holds on any session that contains it. Lateral
+# subqueries with OFFSET 0, because Postgres does not know how few targets there are, and might read all sessions.
 _COVERING = text(
     """
     WITH requested AS MATERIALIZED (
@@ -86,14 +87,19 @@ _COVERING = text(
     ), places AS MATERIALIZED (
         SELECT session_id, chat_id, session_id AS place FROM requested
         UNION
-        SELECT t.session_id, t.chat_id, c.session_id FROM requested t JOIN archiver.chats c ON c.chat_id = t.chat_id
+        SELECT t.session_id, t.chat_id, c.session_id
+          FROM requested t
+         CROSS JOIN LATERAL (SELECT session_id FROM archiver.chats c WHERE c.chat_id = t.chat_id OFFSET 0) c
          WHERE t.session_id = ''
     ), turns AS MATERIALIZED (
         SELECT p.place, c.chat_id, c.assistant_id, c.variables,
                coalesce(c.created_at, c.occurred_at, c.first_received_at) AS began_at
           FROM (SELECT DISTINCT place, CASE WHEN place = '' THEN chat_id END AS only FROM places) p
-          JOIN archiver.chats c ON c.session_id = p.place AND c.chat_id = coalesce(p.only, c.chat_id)
-           AND c.chat_id <> E'\\x1f'
+         CROSS JOIN LATERAL (
+             SELECT * FROM archiver.chats c
+              WHERE c.session_id = p.place AND c.chat_id = coalesce(p.only, c.chat_id) AND c.chat_id <> E'\\x1f'
+             OFFSET 0
+         ) c
     ), holds AS MATERIALIZED (
         SELECT * FROM json_to_recordset(:holds) AS h (id bigint, session_id text, assistant_id text, variable text,
                                                       value text, is_any_value boolean, since timestamptz,
@@ -101,7 +107,9 @@ _COVERING = text(
     )
     SELECT DISTINCT p.session_id, p.chat_id, h.id
       FROM places p CROSS JOIN holds h
-      LEFT JOIN archiver.sessions s ON s.session_id = p.place AND p.place <> ''
+      LEFT JOIN LATERAL (
+          SELECT * FROM archiver.sessions s WHERE s.session_id = p.place AND p.place <> '' OFFSET 0
+      ) s ON true
      WHERE (h.session_id IS NULL OR h.session_id = p.place)
        AND (h.assistant_id IS NULL OR s.assistant_id = h.assistant_id
             OR EXISTS (SELECT FROM turns t WHERE t.place = p.place AND (p.place <> '' OR t.chat_id = p.chat_id)
