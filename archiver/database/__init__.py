@@ -21,7 +21,7 @@ from archiver.database.errors import (
 )
 from archiver.database.locks import Lock
 from archiver.database.session import EncodingError, is_behind_pooler
-from archiver.database.statements import BulkInsert, RawStatement, Statement, as_json, defer, execute
+from archiver.database.statements import BulkInsert, RawStatement, Statement, as_json, defer, execute, flush
 from archiver.database.transactions import (
     LOCK_SECONDS,
     STATEMENT_SECONDS,
@@ -57,6 +57,7 @@ __all__ = [
     "describe",
     "execute",
     "explain",
+    "flush",
     "is_behind_pooler",
     "is_cancelled",
     "is_conflict",

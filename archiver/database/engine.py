@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from archiver.database import session
-from archiver.database.statements import DIALECT, PARAMSTYLE, flush_first
+from archiver.database.statements import DIALECT, PARAMSTYLE, discard, flush_first
 
 CONNECT_SECONDS = 5
 CONNECT_SECONDS_PER_HOST = 2  # per host, so that a silent host leaves time for the next one; libpq's minimum
@@ -52,6 +52,7 @@ def _listen(engine: Engine, prepared_statements: bool | None) -> None:
     opener = _openers[engine] = _Opener(prepared_statements)
     event.listen(engine, "do_connect", opener.open)
     event.listen(engine, "before_cursor_execute", flush_first)
+    event.listen(engine, "rollback", discard)
 
 
 class _Opener:

@@ -107,6 +107,11 @@ def flush_first(connection: Connection, *_: object) -> None:
     flush(connection)
 
 
+def discard(connection: Connection) -> None:
+    """Forget the deferred statements of a transaction, as the engine's listener for `rollback`."""
+    _deferred.pop(connection, None)
+
+
 def driver_connection(connection: Connection) -> Any:
     """Return the driver's connection, for statements that bypass the engine, after the deferred ones."""
     flush(connection)
@@ -119,7 +124,18 @@ def commit(connection: Connection) -> None:
     Without any, the commit is left to the engine.
     """
     if _deferred.get(connection):
-        _execute(connection, (), is_last=True)
+        try:
+            _execute(connection, (_COMMIT.bind(),))
+        except _LostAfterCommitError as lost:
+            connection.invalidate(lost)
+            connection.rollback()  # sends nothing; the engine would otherwise commit again
+
+
+class _LostAfterCommitError(Exception):
+    """The connection was lost after Postgres had answered the COMMIT."""
+
+
+_COMMIT = RawStatement("COMMIT")
 
 
 def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
@@ -127,7 +143,7 @@ def execute(connection: Connection, *statements: Statement) -> list[list[Any]]:
     return _execute(connection, statements) if statements else []
 
 
-def _execute(connection: Connection, statements: Sequence[Statement], *, is_last: bool = False) -> list[list[Any]]:
+def _execute(connection: Connection, statements: Sequence[Statement]) -> list[list[Any]]:
     deferred = _deferred.pop(connection, ())
     together = [*(each.statement for each in deferred), *statements]
     if not connection.in_transaction():
@@ -138,10 +154,12 @@ def _execute(connection: Connection, statements: Sequence[Statement], *, is_last
     sent_at = monotonic()
     try:
         if isinstance(adapted, AdaptedConnection):
-            answers = adapted.run_async(partial(_run_async, cursors=cursors, statements=together, is_last=is_last))
+            answers = adapted.run_async(partial(_run_async, cursors=cursors, statements=together))
         else:
-            answers = _run(driver, cursors, together, is_last=is_last)
+            answers = _run(driver, cursors, together)
     except psycopg.Error as error:
+        if _is_committed(cursors[-1]):
+            raise _LostAfterCommitError from error
         undone = (each for each, cursor in zip(together, cursors, strict=True) if cursor.pgresult is None)
         raise as_of_engine(connection, next(undone, together[-1]).text, error) from error
     except Exception:
@@ -157,25 +175,23 @@ def _execute(connection: Connection, statements: Sequence[Statement], *, is_last
     return rows[len(deferred) :]
 
 
+def _is_committed(cursor: Any) -> bool:
+    return cursor.pgresult is not None and cursor.pgresult.command_status == b"COMMIT"
+
+
 async def _run_async(
-    driver: psycopg.AsyncConnection[Any], cursors: Sequence[Any], statements: Sequence[Statement], *, is_last: bool
+    driver: psycopg.AsyncConnection[Any], cursors: Sequence[Any], statements: Sequence[Statement]
 ) -> list[Any]:
-    async with driver.pipeline() if len(statements) + is_last > 1 else nullcontext():
+    async with driver.pipeline() if len(statements) > 1 else nullcontext():
         for cursor, statement in zip(cursors, statements, strict=True):
             await cursor.execute(statement.text, statement.parameters)
-        if is_last:
-            await driver.commit()
     return [() if cursor.rownumber is None else await cursor.fetchall() for cursor in cursors]
 
 
-def _run(
-    driver: psycopg.Connection[Any], cursors: Sequence[Any], statements: Sequence[Statement], *, is_last: bool
-) -> list[Any]:
-    with driver.pipeline() if len(statements) + is_last > 1 else nullcontext():
+def _run(driver: psycopg.Connection[Any], cursors: Sequence[Any], statements: Sequence[Statement]) -> list[Any]:
+    with driver.pipeline() if len(statements) > 1 else nullcontext():
         for cursor, statement in zip(cursors, statements, strict=True):
             cursor.execute(statement.text, statement.parameters)
-        if is_last:
-            driver.commit()
     return [() if cursor.rownumber is None else cursor.fetchall() for cursor in cursors]
 
 

@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from archiver import events, ledger
-from archiver.database import explain, is_untrusted, run_async, schema, sqlstate
+from archiver.database import explain, flush, is_untrusted, run_async, schema, sqlstate
 from archiver.inbound.writing import SERVER_FIRST
 
 PROBE_SECONDS = 3
@@ -83,4 +83,5 @@ def _try(connection: Connection) -> bool:
     if not isinstance(event, events.Event):
         raise TypeError("The trial event cannot be read.")
     ledger.record(connection, [events.Delivery(event, datetime.now(UTC), None)])
+    flush(connection)
     raise _RolledBackError

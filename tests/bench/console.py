@@ -6,24 +6,20 @@ each page and their buffers, and how these grow. Exits 1 if a page reads more th
 larger archive, or reads a large table whole.
 """
 
-import argparse
 import sys
-import time
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 
 import msgspec
 import psycopg
 
 from archiver import database
 from archiver.console import conversations, lists, overview
-from tests.bench.database import migrated, server
-from tests.support.analysts import MESSAGES_PER_SESSION, fill, measure
+from tests.bench.archives import archives, parse_sizes
+from tests.support.analysts import measure
 from tests.support.console_pages import PAGES, statements_of, surround
 
 GROWTH = 1.5
 NOISE = 30  # buffers: each index that a page uses may have one level more in the larger archive
-RECENT = 10  # one in so many conversations of the smaller archive began within the newest 90 days
 
 
 class PageCost(msgspec.Struct, frozen=True):
@@ -35,16 +31,9 @@ class PageCost(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench-console BENCH_ARGS=…", description=__doc__)
-    parser.add_argument("--messages", type=int, default=100_000, help="in the smaller archive (default 100,000)")
-    parser.add_argument("--times", type=int, default=10, help="how many times larger the other one is (default 10)")
-    arguments = parser.parse_args()
-    recent = arguments.messages // MESSAGES_PER_SESSION // RECENT
-    now = datetime.now(UTC)
-    limit(arguments.messages // MESSAGES_PER_SESSION // 2)
-    sizes = [arguments.messages, arguments.messages * arguments.times]
-    with server() as (postgres, _):
-        small, large = (costs(migrated(postgres, f"bench_{size}"), size, recent, now) for size in sizes)
+    sizes = parse_sizes("bench-console", __doc__)
+    limit(sizes.sessions // 2)
+    small, large = map(costs, archives(sizes))
     print("| page | statements | buffers | buffers | growth |\n| --- | --- | --- | --- | --- |")
     broken = [line for name in PAGES for line in report(name, small[name], large[name])]
     if broken:
@@ -59,14 +48,11 @@ def limit(most: int) -> None:
     conversations.EXAMINED_FOR_HOLDS = min(conversations.EXAMINED_FOR_HOLDS, most)
 
 
-def costs(url: str, messages: int, recent: int, now: datetime) -> Mapping[str, PageCost]:
-    """What each page costs in a new archive of so many messages."""
-    engine, started = database.connect(database.database_url(url)), time.monotonic()
-    fill(engine, messages // MESSAGES_PER_SESSION, recent, now)
+def costs(url: str) -> Mapping[str, PageCost]:
+    """What each page costs in this archive."""
+    engine = database.connect(database.database_url(url))
     subject = surround(engine)
     with psycopg.connect(url) as connection:
-        (number,) = connection.execute("SELECT count(*) FROM archiver.messages").fetchone() or (0,)
-        print(f"{number:,} messages recorded and published in {time.monotonic() - started:.0f} s", flush=True)
         result = {}
         for name, read in PAGES.items():
             statements = statements_of(engine, read, subject)

@@ -1,10 +1,11 @@
-"""What Postgres is asked to do for a batch of events: round trips, statements and rows read."""
+"""What Postgres is asked to do for a batch of events, and when: round trips, statements, rows read, COMMIT."""
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 
 from archiver import events, ledger
 from archiver.database import transaction
@@ -76,3 +77,46 @@ def test_a_batch_takes_few_round_trips_and_statements(cluster: Cluster, database
     assert requests["E"] <= STATEMENTS
     assert requests["S"] <= ROUND_TRIPS + 1  # a pipeline that ends with COMMIT has two
     assert requests["P"] <= 2  # BEGIN and COMMIT, which the driver does not prepare
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_transaction_whose_commit_was_answered_succeeds_although_the_connection_is_lost(
+    cluster: Cluster, database_url: str, size: int
+) -> None:
+    """Otherwise its events would be stored twice, and counted as delivered twice."""
+    with proxied(database_url) as (proxy, url):
+        engine = cluster.engine(url, pool_size=1)
+        with transaction(engine) as connection:
+            ledger.record(connection, batch("first", size))
+            proxy.set("answer")
+        assert proxy.swallowed == 1
+        proxy.set("pass")
+        with transaction(engine) as connection:
+            ledger.record(connection, batch("second", size))
+            assert connection.scalar(text("SELECT count(*) FROM archiver.events")) == 2 * size
+        engine.dispose()
+
+
+def test_a_transaction_whose_commit_was_not_answered_fails(cluster: Cluster, database_url: str) -> None:
+    with proxied(database_url) as (proxy, url):
+        engine = cluster.engine(url, pool_size=1)
+
+        def record() -> None:
+            with transaction(engine) as connection:
+                ledger.record(connection, batch("first"))
+                proxy.set("swallow")
+
+        with pytest.raises(OperationalError):
+            record()
+        engine.dispose()
+
+
+def test_what_was_deferred_is_forgotten_with_its_transaction(engine: Engine) -> None:
+    with transaction(engine) as connection:
+        ledger.record(connection, batch("rolled back"))
+        connection.rollback()
+    with transaction(engine) as connection:
+        ledger.record(connection, batch("kept"))
+    with transaction(engine) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM archiver.messages")) == 8
+        assert connection.scalar(text("SELECT count(*) FROM archiver.outbox")) == 1

@@ -190,13 +190,13 @@ def test_it_asks_first_and_a_dry_run_writes_nothing(database_url: str, engine: E
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "Specify what to erase"),
+        ([], "specify what to erase"),
         (["--session", "s1"], "--reason"),
         (["--session", "s1", "--reason", " "], "--reason"),
         (["--session", "", "--reason", "x"], "invalid session id"),
         (["--chat", "\x1f1", "--reason", "x"], "invalid chat id"),
         (["--where", "customer", "--reason", "x"], "NAME=VALUE"),
-        (["--session", "s1", "--list", "--reason", "x"], "Specify what to erase"),
+        (["--session", "s1", "--list", "--reason", "x"], "specify what to erase"),
     ],
 )
 def test_wrong_usage_is_reported(database_url: str, options: list[str], says: str) -> None:

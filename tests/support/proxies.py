@@ -9,13 +9,14 @@ from typing import Literal
 
 from psycopg.conninfo import conninfo_to_dict
 
-Mode = Literal["pass", "cut", "silent", "swallow"]
+Mode = Literal["pass", "cut", "silent", "swallow", "answer"]
 CHUNK = 65_536
+COMMITTED = b"COMMIT\0"  # the end of the answer
 
 
 class Proxy:
     """`mode` may change at any time: `cut` ends connections, `silent` passes nothing on, `swallow` ends a connection
-    instead of passing on the answer to its COMMIT.
+    instead of passing on the answer to its COMMIT, and `answer` after this answer.
     """
 
     def __init__(self, upstream: str) -> None:
@@ -76,8 +77,10 @@ class Proxy:
     def _answer(self, server: socket.socket, client: socket.socket) -> None:
         with suppress(OSError):
             while data := server.recv(CHUNK):
-                if self._mode == "swallow" and b"COMMIT\0" in data:
+                if self._mode in {"swallow", "answer"} and COMMITTED in data:
                     self.swallowed += 1
+                    if self._mode == "answer":
+                        client.sendall(data[: data.index(COMMITTED) + len(COMMITTED)])
                     break
                 if self._mode != "silent":
                     client.sendall(data)

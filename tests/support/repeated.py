@@ -43,10 +43,12 @@ def repeat_sessions(engine: Engine, times: int) -> None:
 def _repeat(table: Table) -> str:
     names = [column.name for column in table.c if column.identity is None]
     values = [_VALUES.get(name, name) for name in names]
+    # The series depends on the row, so that the repetitions of a row are written together: rows are in order of time.
     return (
         f"INSERT INTO archiver.{table.name} ({', '.join(names)})"
         f" SELECT {', '.join(values)} FROM archiver.{table.name}"
-        " CROSS JOIN generate_series(1, CAST($1 AS int)) AS n WHERE CAST($2 AS bigint) > 0 AND session_id <> ''"
+        " CROSS JOIN LATERAL generate_series(1, CAST($1 AS int) + 0 * length(session_id)) AS n"
+        " WHERE CAST($2 AS bigint) > 0 AND session_id <> ''"
     )
 
 
