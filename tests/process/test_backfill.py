@@ -206,7 +206,7 @@ def test_a_refused_key_ends_it_with_one_clear_error(database_url: str, callhq: C
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--session", "a", "--all"], "Use only one"),
+        (["--session", "a", "--all"], "use only one"),
         (["--since", "yesterday"], "2024-01-15"),
         (["--file", "/nowhere"], "No such file"),
         (["--rate", "0"], "--rate"),

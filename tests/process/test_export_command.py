@@ -204,10 +204,10 @@ def test_i9_findings_are_named_and_exit_1(url: str, output: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
-        (["--all"], "Specify --output DIR"),
-        (["--output", "x"], "Specify what to export"),
-        (["--output", "x", "--all", "--session", "s"], "Use only one of"),
-        (["--output", "x", "--all", "--hold", "1"], "Use only one of"),
+        (["--all"], "specify --output DIR"),
+        (["--output", "x"], "specify what to export"),
+        (["--output", "x", "--all", "--session", "s"], "use only one of"),
+        (["--output", "x", "--all", "--hold", "1"], "use only one of"),
         (["--output", "x", "--since", "2024-03-02", "--until", "2024-03-02"], "--since is not before --until"),
         (["--output", "x", "--check", "."], "not both"),
         (["--output", "x", "--session", ""], "invalid session id"),
