@@ -58,6 +58,7 @@ def snapshot(
         if exported is not None:  # must precede all other statements
             connection.exec_driver_sql(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(exported).as_string())
         _open(connection, statement_seconds, LOCK_SECONDS, keeps_time=keeps_time)
+        flush(connection)  # its first statement takes the snapshot
         yield connection
 
 
