@@ -120,3 +120,14 @@ def test_what_was_deferred_is_forgotten_with_its_transaction(engine: Engine) -> 
     with transaction(engine) as connection:
         assert connection.scalar(text("SELECT count(*) FROM archiver.messages")) == 8
         assert connection.scalar(text("SELECT count(*) FROM archiver.outbox")) == 1
+
+
+def test_a_batch_that_does_not_fit_into_the_buffers_of_the_connection_is_stored(engine: Engine) -> None:
+    """COMMIT once waited for its answer while a part of the rows before it had not been sent."""
+    bodies = [events.parse(created(f"large-{number}", "s", input="large " * 50_000)) for number in range(30)]
+    with transaction(engine) as connection:
+        ledger.record(
+            connection, [Delivery(each, datetime.now(UTC), "key") for each in bodies if isinstance(each, Event)]
+        )
+    with transaction(engine) as connection:
+        assert connection.scalar(text("SELECT count(*) FROM archiver.chats")) == 30
