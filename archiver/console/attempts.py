@@ -10,7 +10,7 @@ from archiver.console.visitors import Visitor
 from archiver.errors import ArchiverError
 
 MAX_FAILURES, FAILURE_SECONDS = 5, 300.0  # per network and name
-MAX_FAILURES_OF_NETWORK = 50  # with whatever names, unless it is a proxy that does not name its visitors
+MAX_FAILURES_OF_NETWORK = 50  # in total; not of a proxy that does not name its visitors
 MAX_REMEMBERED = 10_000  # networks, and pairs of network and name
 MAX_WAITING, MAX_WAITING_OF_ADDRESS = 32, 3
 MAX_WAITING_OF_PROXY = 16  # if it does not name its visitors

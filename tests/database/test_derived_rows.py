@@ -1,28 +1,20 @@
 """What it costs to keep the derived rows of sessions and the search index."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 
 from archiver.archive import search
 from archiver.database import transaction
 from archiver.outbound import feed
+from tests.support.fetched_rows import count_fetched, keep_without_statistics
 from tests.support.observations import record
 from tests.support.payloads import created
-from tests.support.rows import execute
 from tests.support.searching import index
 
 ON_ONE_VERSION = True  # the plans are those of any version
 
-# Rows that this transaction has fetched from the tables of the archive.
-_FETCHED = text(
-    """
-    SELECT coalesce(sum(seq_tup_read + idx_tup_fetch), 0)::int FROM pg_stat_xact_user_tables
-     WHERE schemaname = 'archiver' AND relname IN ('sessions', 'chats', 'messages', 'changes')
-    """
-)
-TABLES = ("sessions", "chats", "messages", "changes")
 OTHERS = 300
 
 
@@ -37,30 +29,22 @@ def _index(connection: Connection) -> None:
     search.index_page(connection, page)
 
 
-@pytest.fixture
-def without_statistics(engine: Engine) -> Iterator[Engine]:
-    for table in TABLES:
-        execute(engine, f"ALTER TABLE archiver.{table} SET (autovacuum_enabled = off)")
-    yield engine
-    for table in TABLES:
-        execute(engine, f"ALTER TABLE archiver.{table} RESET (autovacuum_enabled)")
-
-
 @pytest.mark.parametrize("step", [_publish, _index])
 def test_a_change_costs_the_same_however_many_other_sessions_there_are(
-    without_statistics: Engine, step: Callable[[Connection], None]
+    engine: Engine, step: Callable[[Connection], None]
 ) -> None:
     """Without statistics, Postgres once read all sessions for each page of changes."""
-    engine, costs = without_statistics, []
+    keep_without_statistics(engine)
+    costs = []
     index(engine, "simple")
     for others in (0, OTHERS):
         record(engine, *(created(f"other-{number}", f"session-{number}") for number in range(others)))
         index(engine)
         record(engine, created(f"chat-{others}", f"new-{others}"))
         with transaction(engine) as connection:
-            before = connection.scalar(_FETCHED)
+            before = count_fetched(connection)
             step(connection)
-            costs.append(connection.scalar(_FETCHED) - before)
+            costs.append(count_fetched(connection) - before)
             connection.rollback()
     assert costs[1] <= costs[0] + 5
 

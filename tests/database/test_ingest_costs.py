@@ -1,6 +1,6 @@
 """What Postgres is asked to do for a batch of events, and when: round trips, statements, rows read, COMMIT."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import pytest
@@ -11,25 +11,16 @@ from archiver import events, ledger
 from archiver.database import transaction
 from archiver.events import Delivery, Event
 from tests.conftest import Cluster
+from tests.support.fetched_rows import count_fetched, keep_without_statistics
 from tests.support.payloads import created
 from tests.support.proxies import proxied
-from tests.support.rows import execute
 
 ON_ONE_VERSION = True  # what is sent does not depend on it
 
-TABLES = ("events", "sessions", "chats", "messages")
 PREPARED = 10  # transactions after which the driver prepares each statement, and Postgres keeps its plan
 OTHERS = 300
 # For a batch of new events of sessions that were never read.
 ROUND_TRIPS, STATEMENTS = 5, 12
-
-# Rows that this transaction has fetched from the tables of the ledger and the archive.
-_FETCHED = text(
-    """
-    SELECT coalesce(sum(seq_tup_read + idx_tup_fetch), 0)::int FROM pg_stat_xact_user_tables
-     WHERE schemaname = 'archiver' AND relname = ANY (:tables)
-    """
-).bindparams(tables=list(TABLES))
 
 
 def batch(name: str, size: int = 4) -> Sequence[Delivery[Event]]:
@@ -38,28 +29,19 @@ def batch(name: str, size: int = 4) -> Sequence[Delivery[Event]]:
     return [Delivery(each, datetime.now(UTC), "key") for each in parsed if isinstance(each, Event)]
 
 
-@pytest.fixture
-def without_statistics(engine: Engine) -> Iterator[Engine]:
-    """As after an installation, before Postgres has analysed the tables for the first time."""
-    for table in TABLES:
-        execute(engine, f"ALTER TABLE archiver.{table} SET (autovacuum_enabled = off)")
-    yield engine
-    for table in TABLES:
-        execute(engine, f"ALTER TABLE archiver.{table} RESET (autovacuum_enabled)")
-
-
-def test_a_batch_reads_the_same_rows_however_many_other_events_there_are(without_statistics: Engine) -> None:
+def test_a_batch_reads_the_same_rows_however_many_other_events_there_are(engine: Engine) -> None:
     """With a plan made while the tables were empty, Postgres once read the whole ledger for each batch."""
+    keep_without_statistics(engine)
     fetched = []
     for others in (PREPARED, OTHERS):
         for number in range(others):
-            with transaction(without_statistics) as connection:
+            with transaction(engine) as connection:
                 ledger.record(connection, batch(f"{others}-{number}", 1))
-        with transaction(without_statistics) as connection:
-            before = connection.scalar(_FETCHED)  # it also counts transactions that ended shortly before
+        with transaction(engine) as connection:
+            before = count_fetched(connection)
             # A revision of a known turn reads the turn as stored.
             ledger.record(connection, [*batch(f"new-{others}"), *batch(f"{others}-0", 2)])
-            fetched.append(connection.scalar(_FETCHED) - before)
+            fetched.append(count_fetched(connection) - before)
     assert fetched[1] <= fetched[0] + 5
 
 
